@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.runtime.backends.cuda import linear_kernels, plane_products, planes, streamed
+from qtool.runtime.backends.cuda import (
+    linear_kernels,
+    plane_plans,
+    plane_products,
+    planes,
+    streamed,
+)
 from qtool.runtime.backends.cuda.kernel_weight import KernelWeight
 from qtool.runtime.backends.cuda.launch import Card
 from qtool.runtime.backends.cuda.tiles import Tiles
@@ -79,10 +85,9 @@ def test_who_asks_for_planes_of_more_tokens_gets_what_cards_without_warpgroups_r
 
 @pytest.mark.parametrize(("gated", "cluster"), [(False, 2), (True, 2), (False, 4)])
 def test_blocks_of_a_cluster_add_up_their_slabs(gated, cluster, monkeypatch):
-    monkeypatch.setattr(planes, "LOOKED_UP_WAYS", ((32, cluster),))
-    card = Card(
-        9, 227 * 1024, f"of {cluster}", warpgroups=True
-    )  # a name of its own: plans are kept
+    monkeypatch.setattr(plane_plans, "LOOKED_UP_WAYS", ((32, cluster),))
+    name = f"of {cluster}"  # of its own: plans are kept
+    card = Card(9, 227 * 1024, name, warpgroups=True)
     size = (3 + gated, 64, (83 - 3 * gated, 1024), 9, torch.float16, card)
     y, x, weight, launch = multiplied(*size, gated=gated)
     assert launch.names == ["bit_plane_lookup_mma"]
