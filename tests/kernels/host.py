@@ -97,6 +97,10 @@ class HostKernel:
         self._library.host_forget()
         assert status == 0, FAILURES[status]
 
+    def uneven(self, seed: int) -> None:
+        """Let some warps be slower from now on, which: by the seed; 0: none."""
+        self._library.host_uneven(ctypes.c_uint(seed))
+
     def _hide(self, arguments: Sequence[Any]) -> None:
         for argument, parameter in zip(arguments, self._parameters, strict=True):
             name = NUMBER.sub("", NAME.findall(parameter)[-1])
@@ -158,9 +162,11 @@ def _glue(kernel: str, cluster: int | str, parameters: list[str]) -> str:
 class Recorder:
     """Launches on the CPU and notes what."""
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
+        """Run warps in turn; with a seed, some of them slower."""
         self.calls: list[KernelCall] = []
         self.tensors: list[Sequence[Tensor | None]] = []
+        self._seed = seed
 
     def __call__(self, call: KernelCall, tensors: Sequence[Tensor | None]) -> None:
         """Run a kernel; what it must leave as zeros has to be zeros."""
@@ -168,7 +174,9 @@ class Recorder:
         self.tensors.append(tensors)
         kernel = host_kernels(call.file, call.constants)[call.kernel]
         zeros = [torch.zeros(call.zeros, dtype=torch.int64)] if call.zeros else []
+        kernel.uneven(self._seed)
         kernel(call.grid, call.threads, call.shared_bytes, *tensors, *zeros, *call.numbers)
+        kernel.uneven(0)
         assert not any(bool(zero.any()) for zero in zeros)
 
     @property

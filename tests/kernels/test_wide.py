@@ -35,9 +35,20 @@ WEIGHTS = {
 }
 
 
-def multiplied(weight, x, tuning, ctas, *, epilogue="none", residual=None, places=None):
+class Poisoned(Recorder):
+    """Fills the places of ordered inputs and of parts with NaN: what is read too soon shows."""
+
+    def __call__(self, call, tensors):
+        for place in (tensors[3], tensors[-1]):
+            place.fill_(torch.nan)
+        super().__call__(call, tensors)
+
+
+def multiplied(
+    weight, x, tuning, ctas, *, epilogue="none", residual=None, places=None, launch=None
+):
     """Return the product, and the launches; y is as wide as there are outputs."""
-    launch, shape = Recorder(), weight.shape
+    launch, shape = launch or Poisoned(), weight.shape
     width = shape.out_features // (2 if epilogue == "gated" else 1)
     y = torch.full((len(x), width), torch.nan, dtype=x.dtype)
     wide.multiply_wide(
@@ -112,6 +123,7 @@ def test_four_planes_and_a_sign_are_rounded_once_more(name, dtype):
         (4, 40, WideTuning(columns=48, groups=1, x_blocks=2, w_units=2)),
         (6, 20, WideTuning(columns=32, groups=2, w_units=2)),
         (6, 9, WideTuning(columns=16, groups=1)),  # the first block of a tile adds up all
+        (6, 100, WideTuning(columns=128, groups=1)),  # four slices, of one owner or several
     ],
 )
 def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):
@@ -122,6 +134,18 @@ def test_any_number_of_blocks_shares_a_weight(ctas, tokens, tuning):
     close(y, x, weight)
     tiles = -(-shape.out_features // (64 * tuning.groups)) * -(-tokens // tuning.columns)
     assert launch.calls[0].grid == (min(ctas, 5 * tiles), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("ctas", "tokens", "seed"), [(4, 9, 2), (6, 40, 1), (8, 33, 8), (7, 9, 25)]
+)
+def test_blocks_wait_for_warps_that_are_slower(ctas, tokens, seed):
+    scheme, shape = WeightScheme(num_bits=2, group_size=128), Shape2D(256, 700)
+    weight = linear_kernels.prepare(random_tensor("binary_coding", scheme, shape, 1), torch.float16)
+    x = normal(tokens, 700).half()
+    tuning = WideTuning(columns=16, groups=1, x_blocks=2)
+    y, _ = multiplied(weight, x, tuning, ctas, launch=Poisoned(seed))
+    close(y, x, weight)
 
 
 HOPPER = Card(4, ROOM, selection.H100.measured_on, warpgroups=True)
