@@ -11,6 +11,11 @@ MOST_SEED = 2**32 - 1
 """What every generator takes, numpy's too."""
 
 
+def listed(value: object) -> object:
+    """Return a value as a recipe writes it."""
+    return list(value) if isinstance(value, tuple) else value
+
+
 def _keep_bool_out(value: object) -> object:
     """Refuse YAML booleans where a number is meant (pydantic would read true as 1)."""
     if isinstance(value, bool):
@@ -38,5 +43,6 @@ class Section(BaseModel):
         value, default = getattr(self, name), type(self).model_fields[name].default
         if value != default:
             raise ValueError(
-                f"{name}, {value}, is read with {needs} only: set that, or leave it out"
+                f"{name}, {listed(value)}, is read with {needs} only: set that, or leave {name} "
+                f"at {listed(default)}"
             )

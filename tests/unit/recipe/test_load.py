@@ -370,7 +370,7 @@ DATA = MINIMAL + "calibration: {dataset: wikitext2-valid}\n"
     ],
 )
 def test_what_nothing_reads_is_refused(write, text, message):
-    refused(write(text), rf"{message}.*leave \w+ out \(r\.yaml")
+    refused(write(text), rf"{message}.*leave \w+ (out|at .+) \(r\.yaml")
 
 
 @pytest.mark.parametrize(
