@@ -35,14 +35,20 @@ def library() -> ctypes.CDLL:
 
 
 AS_CUPY = "--ftz=true"
-"""What CuPy, which compiles kernels for a card, adds to the options of its callers."""
+"""What CuPy, which compiles kernels for most cards, adds to the options of its callers."""
+
+
+def options_for(architecture: str) -> list[str]:
+    """Return how kernels are compiled for a card: those of `sm_90a` without CuPy."""
+    cupy = [] if architecture.endswith("a") else [AS_CUPY]
+    return [f"--gpu-architecture={architecture}", "--std=c++17", *cupy]
 
 
 def compile_for(architecture: str, source: str) -> Compiled:
     """Return what the compiler made of a source; fails with its log if it made nothing."""
     nvrtc, program = library(), ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v", AS_CUPY]
+    options = [*options_for(architecture), "--ptxas-options=-v"]
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     status = nvrtc.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()
@@ -64,7 +70,7 @@ def ptx_of(architecture: str, source: str) -> str:
     """Return the instructions that the compiler makes machine code of, as CuPy has it made."""
     nvrtc, program, size = library(), ctypes.c_void_p(), ctypes.c_size_t()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    options = [f"--gpu-architecture={architecture}", "--std=c++17", AS_CUPY]
+    options = options_for(architecture)
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     assert nvrtc.nvrtcCompileProgram(program, len(options), array) == 0
     nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))

@@ -149,7 +149,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ("dequantize", {**WEIGHT, "PLANES": 8, "ACTIVATION_BF16": 1}, 255),
     *(
         ("lut_gemm", {**WEIGHT, **TABLES, "PLANES": planes, "ROWS": rows}, 64)
-        for planes, rows in ((1, 8), (2, 4), (3, 4), (4, 2), (5, 2), (8, 2))
+        for planes, rows in ((1, 8), (2, 4), (3, 4), (4, 2), (5, 2), (7, 2), (8, 1))
     ),
     (
         "lut_gemm",
@@ -162,7 +162,7 @@ VARIANTS: list[tuple[str, dict[str, int], int]] = [
     ("dequantize", {**AFFINE, "PLANES": 8}, 255),
     *(
         ("lut_gemm", {**AFFINE, **TABLES, "PLANES": planes, "ROWS": rows}, 64)
-        for planes, rows in ((2, 4), (3, 4), (4, 2), (8, 2))
+        for planes, rows in ((2, 4), (3, 4), (4, 2), (7, 2), (8, 1))
     ),
     *(
         (

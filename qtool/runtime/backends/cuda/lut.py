@@ -42,7 +42,7 @@ def table_tuning(num_bits: int, out_features: int, card: Card) -> TableTuning:
     Eight words or more of every thread are under way, as many as 64 registers hold, and the
     tables are as large as a block may have.
     """
-    rows = {1: 8, 2: 4, 3: 4}.get(num_bits, 2)
+    rows = {1: 8, 2: 4, 3: 4, 8: 1}.get(num_bits, 2)
     rows = min(rows, 1 << (out_features.bit_length() - 1))
     large = TableTuning(keys=4, rows=rows, threads=1024)
     if large.shared_bytes <= card.shared_bytes:
