@@ -42,9 +42,9 @@ DEVICE int warp_of(int work, int size) {
     return warp;
 }
 
-// A warp asks for its work [begin, end) STAGES - 1 ahead, at first for numbers `from` .. `to` - 1 of it. `next` is the place of what it asks for next: `request` asks for that,
-// `advance` goes on. `stream` is what they take besides. Where `free` is, is reckoned where it is used: sooner, the machine code
-// of some kernels is another.
+// A warp asks for its work [begin, end) STAGES - 1 ahead, at first for numbers `from` .. `to` - 1 of it. `next` is the place of
+// what it asks for next: `request` asks for that, `advance` goes on. `stream` is what they take besides. Where `free` is, is
+// reckoned where it is used: sooner, the machine code of some kernels is another.
 template <class Place, class... Stream>
 DEVICE void request_first(unsigned char *ring, Place &next, int from, int to, int begin, int end, int lane,
                           const Stream &...stream) {

@@ -174,11 +174,11 @@ DEVICE void mma_bits(int *d, const int *c, u32 a0, u32 a1, u32 b) {
         : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
 
-// Four of the eight bytes of a (0..3) and b (4..7), which nibbles of `pick` name, lowest first.
 // Not to become a part of a fused multiply-add.
 DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 // a * b + c, of subnormal numbers as of others: who compiles may have asked for those to be zeros, CuPy does.
 DEVICE float add_product(float a, float b, float c) { return __fmaf_ieee_rn(a, b, c); }
+// Four of the eight bytes of a (0..3) and b (4..7), which nibbles of `pick` name, lowest first.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 pick) { return __byte_perm(a, b, pick); }
 
 DEVICE u32 multiply_half2(u32 a, u32 b) {

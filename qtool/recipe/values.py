@@ -4,16 +4,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from qtool.wording import quoted
+
 MOST_TOKENS = 1 << 26
 MOST_LENGTH = 1 << 20
 """Tokens of a sample, samples, or weights of a group: more is a slip of the keyboard."""
 MOST_SEED = 2**32 - 1
 """What every generator takes, numpy's too."""
-
-
-def listed(value: object) -> object:
-    """Return a value as a recipe writes it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _keep_bool_out(value: object) -> object:
@@ -40,9 +37,10 @@ class Section(BaseModel):
         Raises:
             ValueError: it has another value than by default.
         """
-        value, default = getattr(self, name), type(self).model_fields[name].default
+        both = getattr(self, name), type(self).model_fields[name].default
+        value, default = (list(one) if isinstance(one, tuple) else one for one in both)
         if value != default:
             raise ValueError(
-                f"{name}, {listed(value)}, is read with {needs} only: set that, or leave {name} "
-                f"at {listed(default)}"
+                f"{name}, {quoted(value)}, is read with {needs} only: set that, or leave {name} "
+                f"at {quoted(default)}"
             )

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,18 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Done(code or 0, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def exported(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint, `w4`, and the same exported, `gptq`."""
+    from qtool import pipeline
+    from qtool.modeling.locate import Location
+    from qtool.recipe.load import recipe_from_mapping
+
+    folder = tmp_path_factory.mktemp("exported")
+    scheme = {"num_bits": 4, "group_size": 32, "symmetric": True}
+    wanted = recipe_from_mapping({"weights": {"method": "rtn", "scheme": scheme}})
+    pipeline.quantize(Location(llama), folder / "w4", wanted)
+    pipeline.export(folder / "w4", folder / "gptq", "gptq")
+    return folder

@@ -12,18 +12,6 @@ from safetensors.torch import save_file
 from qtool import pipeline
 from qtool.checkpoint.shards import open_shards
 from qtool.errors import OutputError
-from qtool.modeling.locate import Location
-from qtool.recipe.load import recipe_from_mapping
-
-
-@pytest.fixture(scope="module")
-def exported(llama, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exchanged")
-    scheme = {"num_bits": 4, "group_size": 32, "symmetric": True}
-    wanted = recipe_from_mapping({"weights": {"method": "rtn", "scheme": scheme}})
-    pipeline.quantize(Location(llama), folder / "w4", wanted)
-    pipeline.export(folder / "w4", folder / "gptq", "gptq")
-    return folder
 
 
 def test_one_line_says_what_was_written_and_who_has_compared_it(cli, exported, tmp_path):

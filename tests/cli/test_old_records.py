@@ -11,7 +11,6 @@ from qtool.base import QuantizedTensor
 from qtool.checkpoint.reader import CheckpointReader
 from qtool.modeling.load import load_model
 from qtool.modeling.locate import Location
-from qtool.recipe.load import recipe_from_mapping
 from tests.helpers import dequantized
 
 COMMANDS = (
@@ -38,24 +37,13 @@ RECORDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(llama, tmp_path_factory):
-    """Return a folder with a checkpoint, `w4`, and the same exported, `gptq`."""
-    folder = tmp_path_factory.mktemp("old")
-    scheme = {"num_bits": 4, "group_size": 32, "symmetric": True}
-    wanted = recipe_from_mapping({"weights": {"method": "rtn", "scheme": scheme}})
-    pipeline.quantize(Location(llama), folder / "w4", wanted)
-    pipeline.export(folder / "w4", folder / "gptq", "gptq")
-    return folder
-
-
 @pytest.fixture
-def old(folder, tmp_path):
+def old(exported, tmp_path):
     """Return a function that makes a model as old versions of a program left it."""
 
     def make(method, weights="model.safetensors"):
         directory = tmp_path / "old"
-        shutil.copytree(folder / "gptq", directory)
+        shutil.copytree(exported / "gptq", directory)
         (directory / "quantize_config.json").unlink()
         name, record = RECORDS[method]
         (directory / name).write_text(json.dumps(record))
@@ -70,10 +58,10 @@ def old(folder, tmp_path):
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "gptq_model-4bit-32g.safetensors"])
 def test_every_command_says_what_it_is_and_what_to_do(
-    cli, folder, old, text_file, tmp_path, weights
+    cli, exported, old, text_file, tmp_path, weights
 ):
     directory, answers = old("gptq", weights), {}
-    places = {"w4": folder / "w4", "new": tmp_path / "new", "pairs": tmp_path / "pairs.jsonl"}
+    places = {"w4": exported / "w4", "new": tmp_path / "new", "pairs": tmp_path / "pairs.jsonl"}
     names = {"m": directory, "text": text_file, **places}
     names["pairs"].write_text(json.dumps({"prompt": "a b", "completion": "c"}))
     for command in COMMANDS:
@@ -87,13 +75,13 @@ def test_every_command_says_what_it_is_and_what_to_do(
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_said_is_enough_to_import_it(folder, old, tmp_path):
+def test_what_is_said_is_enough_to_import_it(exported, old, tmp_path):
     directory = old("gptq")
     config = json.loads((directory / "config.json").read_text())
     config["quantization_config"] = {**RECORDS["gptq"][1], "quant_method": "gptq"}
     (directory / "config.json").write_text(json.dumps(config))
     pipeline.import_model(Location(directory), tmp_path / "in")
-    ours, theirs = (CheckpointReader(path) for path in (folder / "w4", tmp_path / "in"))
+    ours, theirs = (CheckpointReader(path) for path in (exported / "w4", tmp_path / "in"))
     for name in ours.manifest.layers:
         first, second = ours.load(name), theirs.load(name)
         assert isinstance(first, QuantizedTensor)

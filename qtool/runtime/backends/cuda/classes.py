@@ -168,7 +168,7 @@ def classes_call(
     first, tuning = classes[0].layout, planned.tuning
     product = planes.each_plane(sizes.batch, first)
     macros = {"GROUP": first.group, "CLASSES": len(classes), "COLUMNS": product.columns}
-    macros |= {"BYTES": int(product.name == "bit_plane_imma"), "EPILOGUE": 0, **planes.PLAIN_LAUNCH}
+    macros |= {"BYTES": int(product.name == planes.AS_BYTES), "EPILOGUE": 0, **planes.PLAIN_LAUNCH}
     macros |= {"WARPS": tuning.warps, "BLOCKS": tuning.per_multiprocessor}
     for number, (its, stages) in enumerate(zip(classes, planned.stages, strict=True)):
         own = {"PLANES": its.layout.planes, "OFFSET": its.layout.offset, "STAGES": stages}

@@ -103,8 +103,7 @@ def tuned_plan(  # noqa: PLR0913 - a key of the cache
     few = product.columns <= MOST_IN_PAIRS
     tunings = tunings_for(row_tiles, units, card, few=few)
     sizes = (row_tiles, units, batch, layout)
-    asked = tunings[0]
-    asked = ahead_of(asked, product, layout, (row_tiles, units), card, normed=normed)
+    asked = ahead_of(tunings[0], product, layout, (row_tiles, units), card, normed=normed)
     ways = ways_of(asked, layout, product)
     tunings = (*ways, *tunings[1:])
     for waves in MORE_WAVES:  # each leaves less to sum up at the end of a CTA

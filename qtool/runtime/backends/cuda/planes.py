@@ -1,4 +1,4 @@
-"""The grid, the shared memory and the arguments of the bit-plane kernels."""
+"""The bit-plane kernels: which multiplies what, its shared memory and its arguments."""
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -109,8 +109,7 @@ def from_numbers(found: dict[str, Any]) -> Selection:
 
 
 def _tuning(found: dict[str, Any]) -> Tuning:
-    least = {"early": 0}
-    tuning = Tuning(**{n: _whole(value, n, least.get(n, 1)) for n, value in found.items()})
+    tuning = Tuning(**{n: _whole(value, n, least=int(n != "early")) for n, value in found.items()})
     if tuning.stages < 2 or tuning.warps > 32:  # noqa: PLR2004 - one in use, one on its way
         raise ValueError(f"{tuning} can't be launched")
     return tuning
